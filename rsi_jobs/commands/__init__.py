@@ -1,0 +1,1 @@
+"""The commands of `rsi`, one module for each group of them. They import what they need when they run."""
