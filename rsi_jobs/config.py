@@ -69,7 +69,7 @@ class Sampling(Section):
 
     candidates: Count = Field(8, description="images for each prompt")
     steps: Count = Field(12, description="denoising steps an image")
-    guidance: float = Field(1.5, ge=1, le=30, description="classifier-free guidance scale; 1 is none")
+    guidance: float = Field(1.0, ge=1, le=30, description="classifier-free guidance scale; 1 is none")
     guidance_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="factor on (guidance - 1) from one round to the next (arXiv 2407.17493)"
     )
@@ -170,10 +170,7 @@ class Evaluation(Section):
     gate: str = Field("shapes:gate", description="the gate's prompts: shapes:gate, or a file")
     gate_prompts: Count = Field(256, description="how many of them")
     candidates: Count = Field(2, description="images for each evaluation prompt; diversity needs 2")
-    base_guidance: float = Field(3.0, ge=1, le=30, description="guidance of the base: its own best")
-    guidance: float = Field(
-        2.0, ge=1, le=30, description="guidance of tuned models: training distils some of it"
-    )
+    guidance: float = Field(3.0, ge=1, le=30, description="guidance in every round: the base's own best")
     test: str = Field("shapes:test", description="prompts looked at once, at the end")
     test_prompts: int = Field(0, ge=0, description="how many of them; 0 is no test")
     bootstrap: Count = Field(1000, description="bootstrap draws of an interval")

@@ -16,6 +16,12 @@
 
 from __future__ import annotations
 
+import errno
+from typing import Final
+
+NO_SPACE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""How the system says that a disk or a quota is full."""
+
 
 class RsiError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what the process ends with."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rsi_jobs.errors import (
+    NO_SPACE,
     CannotCreate,
     ConfigError,
     NotFoundError,
@@ -25,7 +26,6 @@ from rsi_jobs.store import RESERVED, Entry, check_key, check_prefix
 
 _TEMP = RESERVED + "tmp-"
 _LOCK = RESERVED + "lock"
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
@@ -353,7 +353,7 @@ def _translated(path: Path) -> Iterator[None]:
 def translate(path: Path, error: OSError) -> RsiError:
     """Our error for the operating system's about `path`."""
     reason = error.strerror or type(error).__name__
-    if error.errno in _NO_SPACE:
+    if error.errno in NO_SPACE:
         return CannotCreate(f"{path}: no space left on the file system of {path.parent}")
     if error.errno in _DENIED:
         return StoreDenied(f"{path}: {reason}; give a folder that this user may write to")

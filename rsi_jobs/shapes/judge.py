@@ -23,8 +23,8 @@ SPECK: Final = 8  # pixels; a smaller blob is dirt, not an object (the smallest 
 WELL_FORMED: Final = 0.72  # overlap with the best template, below which a shape is malformed
 ASPECT: Final = 1.35  # longer side over shorter side, above which a shape is malformed
 SOLID: Final = 80.0  # RGB distance to every palette colour that makes a pixel off palette
-_BETWEEN: Final = (WIDTHS["small"][1] + WIDTHS["large"][0]) / 2  # pixels: small or large
-_RANGE: Final = (WIDTHS["small"][0] - 1.5, WIDTHS["large"][1] + 1.5)  # pixels, plausible
+_BETWEEN: Final = (WIDTHS["small"] + WIDTHS["large"]) / 2  # pixels: small or large
+_RANGE: Final = (WIDTHS["small"] - 2, WIDTHS["large"] + 2)  # pixels, plausible
 _NEAR_CENTRE: Final = 4.0  # pixels from the middle, within which a place is "centre"
 
 _OBJECTS: Final = np.array([PALETTE[c] for c in COLOURS], np.float32)

@@ -17,7 +17,7 @@ Image = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 
 SIDE: Final = 32  # pixels
-WIDTHS: Final = {"small": (7, 8), "large": (12, 13)}  # pixels; one is drawn at random
+WIDTHS: Final = {"small": 8, "large": 13}  # pixels: widths at which no two shapes are near alike
 GAP: Final = 3  # pixels between two objects, at least
 MARGIN: Final = 1  # pixels to the border, at least
 FAULTS: Final = ("extra", "malformed")
@@ -49,8 +49,8 @@ def shape_mask(shape: str, height: int, width: int) -> Mask:
         "square": np.ones((height, width), bool),
         "triangle": np.abs(u) <= (v + 1) / 2 + 1e-6,
         "diamond": np.abs(u) + np.abs(v) <= 1 + 1e-6,
-        "cross": (np.abs(u) < 0.36) | (np.abs(v) < 0.36),
-        "ring": (radius <= 1.0) & (radius > 0.46),
+        "cross": (np.abs(u) < 0.3) | (np.abs(v) < 0.3),
+        "ring": (radius <= 1.0) & (radius > 0.5),
     }[shape]
     mask.setflags(write=False)
     return mask
@@ -110,7 +110,7 @@ def _pair_corners(relation: str, widths: list[int], u: npt.NDArray[np.float64]) 
 
 def _add_extra(image: Image, taken: Mask, rng: np.random.Generator) -> bool:
     """Paint one more small object where there is room; False if there is none."""
-    width = WIDTHS["small"][0]
+    width = WIDTHS["small"]
     reach = width + 2 * 2  # two free pixels all around
     padded = np.pad(taken, 2).astype(np.int32)
     total = np.pad(padded.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
@@ -130,8 +130,8 @@ def render(scene: Scene, rng: np.random.Generator, fault: str | None = None) -> 
         raise ValueError(f"fault {fault!r} is none of {FAULTS}")
     scene = scene.canonical()
     while True:
-        u = rng.random(6)
-        widths = [WIDTHS[thing.size][int(u[4 + i] * 2)] for i, thing in enumerate(scene.things)]
+        u = rng.random(4)
+        widths = [WIDTHS[thing.size] for thing in scene.things]
         if len(widths) == 1:
             corners = [_lone_corner(scene.relation, widths[0], u)]
         else:

@@ -22,6 +22,7 @@ from rsi_jobs.shapes.measure import count, draw, held_out_prompts, reconstruct, 
 from rsi_jobs.shapes.models import WEIGHTS
 from rsi_jobs.shapes.render import FAULTS, render_batch
 from rsi_jobs.shapes.scene import change_one, count_scenes, random_caption, random_scenes
+from rsi_jobs.shapes.train_base import Pool
 from rsi_jobs.shapes.training import Place, load_state, note, save_state
 
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
@@ -70,20 +71,21 @@ def base_figures(trainer: train_base.Trainer, vae: AutoencoderKL, n: int = 1000)
         unet_parameters=sum(p.numel() for p in parts.unet.parameters()),
         text_parameters=sum(p.numel() for p in parts.text.parameters()),
         steps=trainer.step,
+        tidy_steps=train_base.TIDY_STEPS,
         batch=train_base.BATCH,
-        untidy_share=train_base.UNTIDY_SHARE,
+        mistaken=train_base.MISTAKEN,
         fault_share=train_base.FAULT_SHARE,
         vague_share=train_base.VAGUE_SHARE,
     )
 
 
-def _pool(place: Place, vae: AutoencoderKL, trainer: train_base.Trainer, n: int) -> train_base.Pool:
-    """The pool of latents, kept beside the checkpoints."""
-    path = place.checkpoint("pool")
+def _pool(place: Place, vae: AutoencoderKL, trainer: train_base.Trainer, n: int, tidy: bool) -> Pool:
+    """A pool of latents, kept beside the checkpoints."""
+    path = place.checkpoint("tidy" if tidy else "untidy")
     kept = load_state(path)
     if kept is not None:
-        return train_base.Pool(kept["latents"], kept["ids"])
-    pool = train_base.build_pool(vae, trainer.tokenizer, n, 0, place.device)
+        return Pool(kept["latents"], kept["ids"])
+    pool = train_base.build_pool(vae, trainer.tokenizer, n, int(tidy), place.device, tidy=tidy)
     save_state(path, {"latents": pool.latents, "ids": pool.ids})
     return pool
 
@@ -92,12 +94,13 @@ def base(place: Place, steps: int, every: int, pool_size: int, until: int) -> No
     """Train the base, publishing a usable folder every `every` steps."""
     vae = AutoencoderKL.from_pretrained(place.work / "vae").to(place.device).eval()
     trainer = train_base.Trainer(place, 2e-3)
-    pool = _pool(place, vae, trainer, pool_size)
-    begun = time.time()
+    begun, tidy_steps = time.time(), round(steps * train_base.TIDY_STEPS)
     trainer.resume(400)
     prompts = held_out_prompts(128)
     while trainer.step < min(until, steps):
-        trainer.train(pool, min(until, steps, trainer.step + every), steps)
+        tidy = trainer.step < tidy_steps
+        pool = _pool(place, vae, trainer, pool_size, tidy)
+        trainer.train(pool, min(until, tidy_steps if tidy else steps, trainer.step + every), steps)
         parts = trainer.averaged(vae)
         for guidance in (1.0, 3.0):
             drawn = count(draw(parts, prompts, guidance), prompts)
@@ -115,14 +118,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--autoencoder-steps", type=int, default=2000)
-    parser.add_argument("--decoder-steps", type=int, default=1500)
-    parser.add_argument("--scorer-steps", type=int, default=600)
+    parser.add_argument("--autoencoder-steps", type=int, default=2500)
+    parser.add_argument("--decoder-steps", type=int, default=2500)
+    parser.add_argument("--scorer-steps", type=int, default=1000)
     parser.add_argument("--scorer", action="append", choices=tuple(train_scorers.SEEDS))
-    parser.add_argument("--base-steps", type=int, default=8000)
+    parser.add_argument("--base-steps", type=int, default=12_000)
     parser.add_argument("--base-until", type=int, default=10**9, help="stop early, for now")
-    parser.add_argument("--base-every", type=int, default=500)
-    parser.add_argument("--pool", type=int, default=40_000)
+    parser.add_argument("--base-every", type=int, default=1000)
+    parser.add_argument("--pool", type=int, default=60_000)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)

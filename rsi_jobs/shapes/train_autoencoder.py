@@ -11,8 +11,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from rsi_jobs.shapes.models import LATENT_CHANNELS, build_autoencoder
-from rsi_jobs.shapes.render import FAULTS, PALETTE, SIDE, Image, render_batch, shape_mask
-from rsi_jobs.shapes.scene import BACKGROUNDS, COLOURS, SHAPES, random_scene
+from rsi_jobs.shapes.render import FAULTS, PALETTE, SIDE, WIDTHS, Image, render_batch, shape_mask
+from rsi_jobs.shapes.scene import BACKGROUNDS, COLOURS, SHAPES, SIZES, random_scene
 from rsi_jobs.shapes.training import (
     Place,
     cosine,
@@ -40,7 +40,7 @@ def _busy(rng: np.random.Generator, n: int) -> Image:
     for image in images:
         image[:] = PALETTE[BACKGROUNDS[rng.integers(len(BACKGROUNDS))]]
         for _ in range(rng.integers(4, 9)):
-            width = int(rng.choice([7, 7, 8, 8, 12, 13]))
+            width = WIDTHS[SIZES[int(rng.integers(3) == 0)]]
             y, x = rng.integers(0, SIDE - width + 1, 2)
             mask = shape_mask(SHAPES[rng.integers(len(SHAPES))], width, width)
             image[y : y + width, x : x + width][mask] = PALETTE[COLOURS[rng.integers(len(COLOURS))]]

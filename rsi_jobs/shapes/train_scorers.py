@@ -1,4 +1,4 @@
-"""Train the three learned scorers on renders, blurred and noised as a decoder's output is."""
+"""Train the three learned scorers on renders and on what the decoder makes of drawn latents."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
@@ -31,11 +32,13 @@ from rsi_jobs.shapes.scorers import (
     mean_state,
     text_ids,
 )
-from rsi_jobs.shapes.training import Place, cosine, note, set_rate, to_signal
+from rsi_jobs.shapes.training import Place, cosine, note, set_rate, to_images, to_signal
 
 BATCH = 96
 NEGATIVES = {"dual": 3, "fused": 2, "heldout": 2}
 FAULT_SHARE = 0.25  # of the pool; only the held-out scorer learns from these
+DRAWN_NOISE = 0.3  # on latents, in their spreads: what a decoder still rounds off
+SPOILT_NOISE = (0.6, 1.0)  # and what it does not
 SEEDS = {"dual": 11, "fused": 12, "heldout": 13}
 
 
@@ -48,13 +51,34 @@ class Pool:
     faulty: npt.NDArray[np.bool_]
 
 
-def build_pool(n: int, seed: int) -> Pool:
-    """`n` renders, a quarter of them with a fault."""
+def build_pool(vae: AutoencoderKL, n: int, seed: int) -> Pool:
+    """`n` images, a quarter of them with a fault; half are renders, half came out of the decoder.
+
+    A faulty image has an object too many or a malformed one, or its latents were so noisy that the
+    decoder spoilt it, as it spoils a badly drawn one.
+    """
     rng = np.random.default_rng((10, seed))
     scenes = [random_scene(rng) for _ in range(n)]
     faulty = rng.random(n) < FAULT_SHARE
-    faults = [FAULTS[rng.integers(2)] if bad else None for bad in faulty]
-    return Pool(render_batch(scenes, rng, faults), scenes, faulty)
+    faults = [FAULTS[rng.integers(2)] if bad and rng.random() < 0.7 else None for bad in faulty]
+    images = render_batch(scenes, rng, faults)
+    spoilt = np.array([bad and fault is None for bad, fault in zip(faulty, faults, strict=True)])
+    level = np.where(spoilt, rng.uniform(*SPOILT_NOISE, n), rng.uniform(0, DRAWN_NOISE, n))
+    rows = np.flatnonzero(spoilt | (rng.random(n) < 0.5))
+    for part in np.array_split(rows, max(1, rows.size // 500)):
+        images[part] = _redrawn(vae, images[part], level[part].astype(np.float32), rng)
+    return Pool(images, scenes, faulty)
+
+
+@torch.inference_mode()
+def _redrawn(
+    vae: AutoencoderKL, images: Image, level: npt.NDArray[np.float32], rng: np.random.Generator
+) -> Image:
+    """Images (n, 32, 32, 3) through the autoencoder, with noise of `level` spreads on the latents."""
+    latents = vae.encode(to_signal(images).to(vae.device)).latent_dist.mean
+    noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32)).to(latents)
+    scale = torch.from_numpy(level).to(latents)[:, None, None, None] * latents.std()
+    return to_images(vae.decode(latents + scale * noise).sample)
 
 
 def roughen(x: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -176,6 +200,7 @@ def train(place: Place, steps: int, names: tuple[str, ...] = tuple(SEEDS)) -> No
     """Train the scorers named."""
     write_tokenizer(place.out / "tokenizer")
     tokenizer = load_tokenizer(place.out / "tokenizer")
-    pool = build_pool(24_000, 0)
+    vae = AutoencoderKL.from_pretrained(place.work / "vae").to(place.device).eval()
+    pool = build_pool(vae, 24_000, 0)
     for name in names:
         train_one(name, pool, tokenizer, place, steps=steps)

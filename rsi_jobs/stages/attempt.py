@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
 import os
 import platform
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from rsi_jobs import config as configs
 from rsi_jobs import layout, marker, plan
-from rsi_jobs.errors import CannotCreate, Damaged, NotFoundError, RsiError, UserError
+from rsi_jobs.errors import NO_SPACE, CannotCreate, Damaged, NotFoundError, RsiError, UserError
 from rsi_jobs.layout import PHASES, StageRef
 from rsi_jobs.marker import Marker, MarkerReader, Markers, Output
 from rsi_jobs.stages.logtail import LogTail
@@ -262,7 +261,7 @@ def _guarded(
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in NO_SPACE:
             print(f"error: no space left in {tempfile.gettempdir()} or the store {store.uri}: free some, "
                   "or set TMPDIR to a larger disk", file=sys.stderr)  # fmt: skip
             return CannotCreate.exit_code

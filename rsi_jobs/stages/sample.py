@@ -24,14 +24,10 @@ MOST_FLAT = 0.5  # share of flat images at which the model, not the prompt, is b
 
 
 def guidance(attempt: Attempt) -> float:
-    """Guidance scale of a phase; one's own training data may be drawn with less each round.
-
-    Training on guided images distils guidance, so base and tuned models are each judged at their own best.
-    """
-    identity = attempt.identity
+    """Guidance scale of a phase; one's own training data may be drawn with less each round."""
     if attempt.ref.phase != "train":
-        return identity.evaluation.guidance if attempt.ref.round else identity.evaluation.base_guidance
-    sampling = identity.sampling
+        return attempt.identity.evaluation.guidance
+    sampling = attempt.identity.sampling
     decay: float = sampling.guidance_decay ** (attempt.ref.round - 1)
     return 1 + (sampling.guidance - 1) * decay
 

@@ -22,7 +22,7 @@ from rsi_jobs.plugins import load_function
 from rsi_jobs.stages.attempt import Attempt, Outcome, Rejected, main
 
 GRID = 6  # the grid shows GRID x GRID images
-PASSING = 0.3  # quantile of the base's held-out score that an image must reach to count for diversity
+PASSING = 0.5  # quantile of the base's held-out score that an image must reach to count for diversity
 
 
 @dataclass(frozen=True)

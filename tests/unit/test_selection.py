@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rsi_jobs.errors import ConfigError
@@ -102,6 +102,7 @@ def test_scale_offset_and_a_prompts_own_constant_do_not_change_the_pick(
 ) -> None:
     own = data["prompt"] * 3.0
     moved = {**data, "rewards": {k: v * scale + offset + own for k, v in data["rewards"].items()}}
+    assume(degenerate_reward(moved["rewards"]) is None)  # the constants can cancel a reward out
     for method in ("rank", "mean_z"):
         a = select(**data, **EVERYTHING, method=method)
         b = select(**moved, **EVERYTHING, method=method)

@@ -1,5 +1,6 @@
 """The shipped weights: they open as anybody's would, and do what they are shipped for."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from rsi_jobs.shapes.judge import judge_batch
-from rsi_jobs.shapes.measure import draw, held_out_prompts, parts_of
+from rsi_jobs.shapes.measure import draw, held_out_prompts, parts_of, reconstruct
 from rsi_jobs.shapes.models import WEIGHTS, build_autoencoder, build_unet
 from rsi_jobs.shapes.render import render_batch
 from rsi_jobs.shapes.scene import change_one, random_caption, random_scenes
@@ -57,10 +58,21 @@ def build_latent_shape(pipeline: StableDiffusionPipeline) -> tuple[int, int, int
     return unet.config.in_channels, unet.config.sample_size, unet.config.sample_size
 
 
+def test_the_autoencoder_gives_right_renders_back_right(pipeline: StableDiffusionPipeline) -> None:
+    rng = np.random.default_rng(6)
+    scenes = random_scenes(rng, 1000)
+    back = reconstruct(pipeline.vae, render_batch(scenes, rng), "cpu")
+    right = [v.right for v in judge_batch(back, [random_caption(s, rng) for s in scenes])]
+    assert np.mean(right) >= 0.98
+
+
 def test_the_base_draws_and_errs(pipeline: StableDiffusionPipeline) -> None:
-    prompts = held_out_prompts(96, seed=5)
-    verdicts = judge_batch(draw(parts_of(pipeline), prompts, 2.0), prompts)
-    assert 0.1 <= np.mean([v.right for v in verdicts]) <= 0.65
+    figures = json.loads((WEIGHTS / "figures.json").read_text())["base"]
+    assert 0.2 <= figures["right"] <= 0.5
+    prompts = held_out_prompts(300, seed=5)
+    verdicts = judge_batch(draw(parts_of(pipeline), prompts, figures["best_guidance"]), prompts)
+    # The figure is of 1,000 other prompts: three standard errors of the difference are 0.1.
+    assert np.mean([v.right for v in verdicts]) == pytest.approx(figures["right"], abs=0.1)
 
 
 def test_a_pass_is_cheap() -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from hypothesis import strategies as st
 from rsi_jobs.errors import CannotCreate, PassingFault, StoreDenied
 from rsi_jobs.store import open_store
 from rsi_jobs.store_folder import FolderStore
+from tests import disks
 
 MIB = 1 << 20
 
@@ -42,38 +41,11 @@ def _writers(store: FolderStore, big: Path) -> dict[str, Callable[[], object]]:
     }
 
 
-@contextlib.contextmanager
-def _mounted(folder: Path, *options: str) -> Iterator[bool]:
-    """A small file system of its own; False where mounting is not permitted."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)]
-    done = subprocess.run(command, capture_output=True, check=False) if os.geteuid() == 0 else None
-    mounted = done is not None and done.returncode == 0
-    try:
-        yield mounted
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(folder)], check=True)
-
-
-@contextlib.contextmanager
-def _no_room(folder: Path) -> Iterator[None]:
-    """Let no file in `folder` grow past a MiB: a tiny disk, else a limit on this process."""
-    with _mounted(folder, "-o", "size=1m") as mounted:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        try:
-            if not mounted:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, hard))
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("how", ["put", "put_new", "replace", "upload"])
 def test_a_full_disk_is_named_and_nothing_half_written_remains(tmp_path: Path, how: str) -> None:
     big, disk = tmp_path / "big", tmp_path / "disk"
     big.write_bytes(b"x" * 2 * MIB)
-    with _no_room(disk):
+    with disks.without_room(disk):
         store = FolderStore(disk)
         store.put("a/before", b"kept")
         with pytest.raises(CannotCreate, match=f"{disk}/a/.*: no space left on"):
@@ -85,7 +57,7 @@ def test_a_full_disk_is_named_and_nothing_half_written_remains(tmp_path: Path, h
 def test_a_download_onto_a_full_disk_names_the_local_path(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "runs")
     store.put("big", b"x" * 2 * MIB)
-    with _no_room(tmp_path / "disk"):
+    with disks.without_room(tmp_path / "disk"):
         with pytest.raises(CannotCreate, match=f"{tmp_path}/disk/copy: no space left"):
             store.download("big", tmp_path / "disk/copy")
         assert _files(tmp_path / "disk") == []
@@ -94,10 +66,10 @@ def test_a_download_onto_a_full_disk_names_the_local_path(tmp_path: Path) -> Non
 @pytest.mark.parametrize("how", ["put", "put_new", "replace", "upload", "delete", "delete_if"])
 def test_a_read_only_folder_is_refused_but_can_be_read(tmp_path: Path, how: str) -> None:
     disk = tmp_path / "disk"
-    with _mounted(disk) as mounted:
+    with disks.mounted(disk) as mounted:
         FolderStore(disk).put("a/old", b"old")
         if mounted:
-            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+            disks.remount(disk, "ro")
         elif os.geteuid() == 0:
             pytest.fail("root without the right to mount: run as another user")
         else:
