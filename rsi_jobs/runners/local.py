@@ -114,7 +114,16 @@ class LocalRunner:
             return "it ended without an error but left no marker"
         if shard.code < 0:
             return f"killed by signal {-shard.code}, {shard.failures} times"
-        return f"exit code {shard.code}, {shard.failures} time{'s' if shard.failures > 1 else ''}"
+        times = f"exit code {shard.code}, {shard.failures} time{'s' if shard.failures > 1 else ''}"
+        # The store has its log too, unless the store is what failed: a full disk takes no log.
+        said = [line for line in self._said() if line.startswith("error: ")]
+        return f"{said[-1].removeprefix('error: ')} ({times})" if said else times
+
+    def _said(self) -> list[str]:
+        """The lines that the stages and their parent wrote to standard error, as far as it is kept."""
+        file = self._stderr.fileno()  # its offset is the writers' too: it must not move
+        start = max(0, os.fstat(file).st_size - 64_000)
+        return os.pread(file, 64_000, start).decode(errors="replace").strip().splitlines()
 
     def _start_queued(self) -> None:
         now = time.monotonic()
@@ -173,8 +182,7 @@ class LocalRunner:
         if "ready" in event:
             self._ready = True
         if "gone" in event and not self._ready:
-            self._stderr.seek(0)
-            tail = self._stderr.read().decode(errors="replace").strip().splitlines()[-1:]
+            tail = self._said()[-1:]
             raise RsiError(f"the parent of the stages could not start: {' '.join(tail) or event['gone']}")
         if "gone" in event:
             for name, shard in self._shards.items():

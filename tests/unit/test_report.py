@@ -129,7 +129,7 @@ def test_dropped_prompts_are_counted_with_different_examples(whole: tuple[Store,
 
 def test_what_is_not_the_default_stands_out(whole: tuple[Store, str]) -> None:
     assert re.search(r'class="changed"[^>]*><dt>keep</dt><dd>20 <small>default 200</small>', whole[1])
-    assert re.search(r"<div title=[^>]*><dt>guidance</dt><dd>2.0</dd>", whole[1])
+    assert re.search(r"<div title=[^>]*><dt>guidance</dt><dd>3.0</dd>", whole[1])
 
 
 def test_an_early_report_says_what_there_is_not(tmp_path: Path) -> None:
